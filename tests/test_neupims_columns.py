@@ -1,5 +1,7 @@
 """neupims/timing/columns.py: many designs side by side are each design alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,20 @@ import pytest
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import Mix
 from neupims.machine.quantity import describe
 from neupims.machine.record import replace, replace_all
 from neupims.machine.workload import Batch, Parallel, make_batch
 from neupims.timing.attention import attention_counts
-from neupims.timing.columns import designs_last, pack_pairs, reduce_requests, unpack_pairs
+from neupims.timing.columns import (
+    designs_last,
+    in_blocks,
+    pack_pairs,
+    reduce_requests,
+    unpack_pairs,
+)
 from neupims.timing.gemv import channel_work, request_works
+from neupims.timing.iteration import simulate
 from neupims.timing.stage_attention import stage_attention
 
 MODEL, PARALLEL = load_model("gpt3-7b"), load_parallel("gpt3-7b")
@@ -184,7 +194,7 @@ def test_mapped_axes_come_last_and_others_stay():
     np.testing.assert_array_equal(same, found)
 
 
-@pytest.mark.parametrize("designs", [5, 40, 64, 70])
+@pytest.mark.parametrize("designs", [0, 5, 40, 64, 70])
 def test_designs_in_blocks_are_all_designs(designs):
     """At most 32 are computed together; the last block is filled up."""
     sizes = []
@@ -196,7 +206,45 @@ def test_designs_in_blocks_are_all_designs(designs):
     numbers, rows = jnp.arange(designs * 1.0), jnp.ones((designs, 3))
     found = jax.vmap(designs_last(function, together=32), in_axes=(0, 0, None))(numbers, rows, 2.0)
     np.testing.assert_array_equal(found, 3 * numbers + 2)
-    assert max(sizes) == min(designs, 32)
+    assert not designs or max(sizes) == min(designs, 32)
+
+
+def test_blocks_are_multiples_of_a_vector():
+    sizes = []
+
+    def double(rows):
+        sizes.append(len(rows))
+        return 2 * rows
+
+    rows = jnp.arange(12.0)
+    np.testing.assert_array_equal(in_blocks(double, rows, 5), 2 * rows)
+    assert set(sizes) == {16}
+    assert in_blocks(double, rows[:0], 0).shape == (0,)
+
+
+@pytest.mark.parametrize("field", ["kv_heads", "heads", "layers", "kv_bits"])
+@pytest.mark.parametrize("system", ["neupims", "npu-pim"])
+def test_any_field_of_a_model_may_be_the_only_one_that_differs(system, field):
+    batch = make_batch(np.maximum(LENGTHS, 1), [0] * len(LENGTHS))
+
+    def run(value):
+        model = dataclasses.replace(MODEL)
+        object.__setattr__(model, field, value)
+        found = simulate(Hardware(), model, batch, PARALLEL, system=system, mix=Mix())
+        return found.iteration_seconds
+
+    assert jax.eval_shape(jax.vmap(run), jnp.array([8, 16, 32])).shape == (3,)
+    assert jax.eval_shape(jax.vmap(run), jnp.zeros(0, jnp.int32)).shape == (0,)
+
+
+def test_the_wait_may_be_the_only_one_that_differs():
+    def run(cycles):
+        calibration = replace(DEFAULT, "reopen_cycles", cycles)
+        batch = make_batch(np.maximum(LENGTHS, 1), [0] * len(LENGTHS))
+        given = (Hardware(), MODEL, batch, PARALLEL)
+        return simulate(*given, calibration=calibration).iteration_seconds
+
+    assert jax.eval_shape(jax.vmap(run), jnp.array([5.0, 12.0])).shape == (2,)
 
 
 def test_pairs_of_arrays_are_packed_and_unpacked():

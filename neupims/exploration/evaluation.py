@@ -23,7 +23,9 @@ from neupims.timing.iteration import Iteration, simulate
 
 Schedule = Literal["dealt", "trace"]
 SCHEDULES: tuple[Schedule, ...] = ("dealt", "trace")
-BLOCK = 512  # designs computed together on a CPU, so that their arrays fit its cache
+# Designs computed together on a CPU, so that their arrays fit its cache; attention takes fewer at a
+# time (`timing.stage_attention`).
+BLOCK = 512
 
 
 def make_evaluate(
@@ -54,7 +56,8 @@ def make_evaluate(
         schedule: "dealt" assigns the requests to the channels of each design again (`deal`);
             "trace" keeps the channel and sub-batch of the batch.
         most_channels: Upper bound of `hbm.num_channels` over all designs.
-        block: Designs computed together; if not given, `BLOCK` on a CPU and all on a GPU.
+        block: Designs computed together, as in `map_blocks`; if not given, `BLOCK` on a CPU and
+            all on a GPU.
 
     Raises:
         ValueError: There is no workload, or the schedule is unknown.
@@ -141,7 +144,8 @@ def map_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None
     Args:
         one: Function of one row, which is a pytree of scalars.
         columns: Pytree of arrays `(n,)`.
-        block: Most rows computed together; if not given, `BLOCK` on a CPU and all on a GPU.
+        block: Most rows computed together, rounded up to a multiple of 16; if not given, `BLOCK`
+            on a CPU and all on a GPU.
 
     Returns:
         Pytree of arrays `(n, ...)`.

@@ -265,24 +265,25 @@ def _with_pim(setting, tables, kind, table, lengths, halves, tokens, *, interlea
         jnp.where(mine, seen, 0).max(axis=(1, 2)) * 1.0,
     )
 
-    def times(attention, which, *, beside=False):
+    def cycles_of(attention, which, *, beside=False):
         options = {"beside": beside, "system": setting.system, "fidelity": setting.fidelity}
         return attention_cycles(hardware, kind.model, parallel, attention, which, **options)
 
     layers = layers_of_device(kind.model, parallel)
     if interleaved:
-        loads = jnp.stack(
+        # By sub-batch, alone or beside the NPU, and operation.
+        attended_cycles = jnp.stack(
             [
-                jnp.stack([times(attention, which, beside=beside) for beside in (False, True)])
+                jnp.stack([cycles_of(attention, which, beside=beside) for beside in (False, True)])
                 for which in (0, 1)
             ]
         )
-        cycles = _interleave(setting, tables, kind, table, tokens, loads, layers)
+        cycles = _interleave(setting, tables, kind, table, tokens, attended_cycles, layers)
     else:
         whole = jax.tree.map(lambda value: value.sum(axis=0, keepdims=True), attention)
         whole = whole._replace(longest=attention.longest.max(keepdims=True))
         serial = table.qkv.cycles[total].sum() + table.rest.cycles[total].sum()
-        cycles = layers * (serial + times(whole, 0).sum())
+        cycles = layers * (serial + cycles_of(whole, 0).sum())
     ours = tokens if interleaved else total[None]
     layer = jax.tree.map(lambda value: value[ours].sum(), table.layer)
     moved = layer.moved + sums[..., 7].sum()

@@ -1,4 +1,4 @@
-"""Attention in the memory: the work of each channel, and the time it takes in a stage.
+"""Attention in the memory: the work of each channel.
 
 The work is computed in two ways: `closed_attention` adds up closed forms and can be jitted and
 mapped; `exact_attention` follows each channel's list of PIM commands, for one design at a time.
@@ -290,7 +290,7 @@ def count_instructions(hardware, model, seq_lens, parallel, fidelity):
                 for group in groups_of(hardware, model, seq_lens * 1.0, parallel, fidelity=fidelity)
             )
         )
-    return jnp.stack(counts, axis=1)
+    return jnp.stack(jnp.broadcast_arrays(*counts), axis=1)
 
 
 def attention_counts(

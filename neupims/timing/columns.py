@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-TOGETHER = 64  # requests of one step of a loop over requests
+REQUESTS_TOGETHER = 64  # requests of one step of a loop over requests
 VECTOR = 16  # float32 numbers in the longest vectors of a CPU; blocks are multiples of it
 
 Columns = Any  # a pytree of arrays (r, *designs)
@@ -39,7 +39,7 @@ def designs_last(function: Callable[..., Any], *, together: int | None = None):
         mapped = [leaf for leaf, flag in zip(leaves, is_mapped, strict=True) if flag]
 
         def compute(some):
-            """The results of some designs, which are the first axis here and there."""
+            """The results of some designs; they are the first axis of arguments and results."""
             size, of_some = len(some[0]), iter(some)
             moved = [
                 jnp.moveaxis(next(of_some), 0, -1) if flag else _keep(leaf)
@@ -60,13 +60,16 @@ def in_blocks(function: Callable[[Any], Any], columns: Any, block: int) -> Any:
 
     Args:
         function: Function of some rows, a pytree of arrays (n, ...), to another one.
-        columns: All rows, at least one.
-        block: Most rows of a block.
+        columns: All rows.
+        block: Most rows of a block; rounded up to a multiple of `VECTOR`.
+
+    Returns:
+        The result for all rows, arrays (n, ...).
     """
     rows = len(jax.tree.leaves(columns)[0])
-    count = -(-rows // block)
-    if count == 1:
+    if rows <= block:
         return function(columns)
+    count = -(-rows // block)
     size = -(-rows // count // VECTOR) * VECTOR
     count = -(-rows // size)
 
@@ -102,7 +105,7 @@ def reduce_requests(
     Returns:
         Arrays (*designs).
     """
-    steps = -(-len(lengths) // TOGETHER)
+    steps = -(-len(lengths) // REQUESTS_TOGETHER)
     size = -(-len(lengths) // steps)
     padding = [(0, steps * size - len(lengths)), *[(0, 0)] * (lengths.ndim - 1)]
     parts = jnp.pad(lengths, padding).reshape(steps, size, *lengths.shape[1:])

@@ -23,7 +23,7 @@ from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.columns import (
-    TOGETHER,
+    REQUESTS_TOGETHER,
     pack_pairs,
     reduce_requests,
     sum_by_place,
@@ -51,8 +51,8 @@ PRODUCTS = 32
 CLASSES = 6  # of these products, up to a power of two each: 1, 2, 4, 8, 16, 32
 
 # From the lengths of requests, (r, *designs), to arrays of that shape: the cycles of logit for each
-# wait, those of attend, and the `PIMCounts`.
-Work = Callable[[Array], tuple[Array, ...]]
+# wait, those of attend for each wait, and the four numbers of `PIMCounts`.
+RequestWork = Callable[[Array], tuple[Array, ...]]
 
 
 class ChannelWork(NamedTuple):
@@ -153,14 +153,14 @@ def channel_work(
     return _sum_one_by_one(work, lengths, places, count, len(waits))
 
 
-def _sum_one_by_one(work: Work, lengths, places, count: int, waits: int) -> ChannelWork:
+def _sum_one_by_one(work: RequestWork, lengths, places, count: int, waits: int) -> ChannelWork:
     """Returns `channel_work` for requests with different places in different designs."""
 
     # This loop keeps the works in memory, so that they are computed with designs last.
     def of_request(length):
         return [value[0] for value in work(length[None])]
 
-    works = jax.lax.map(of_request, lengths, batch_size=TOGETHER)  # each (r, *designs)
+    works = jax.lax.map(of_request, lengths, batch_size=REQUESTS_TOGETHER)  # each (r, *designs)
     cycles, counts = works[: 2 * waits], works[2 * waits :]
     there = jnp.broadcast_to(1.0 * (lengths > 0), cycles[0].shape)
     sums = sum_by_place(jnp.stack([*cycles, there], axis=1), places, count)
@@ -170,7 +170,7 @@ def _sum_one_by_one(work: Work, lengths, places, count: int, waits: int) -> Chan
     )
 
 
-def _sum_side_by_side(work: Work, lengths, places, count: int, waits: int) -> ChannelWork:
+def _sum_side_by_side(work: RequestWork, lengths, places, count: int, waits: int) -> ChannelWork:
     """Returns `channel_work` for requests with the same place in all designs, (r,).
 
     The requests of a place come one after another, those of all places side by side, so that no
@@ -208,14 +208,14 @@ def _make_work(
     waits: Sequence[Number | None],
     fidelity: Fidelity,
     two_buffers: bool,
-) -> Work:
+) -> RequestWork:
     """Returns the function that gives the core cycles and the commands of some of the requests.
 
     Fields of the records are numbers, or arrays of designs. `lengths` are those of all requests,
     (r,), or (r, designs), or (r, 1).
     """
     designs = jnp.broadcast_shapes(
-        lengths.shape[1:], *map(jnp.shape, jax.tree.leaves((hardware, model, parallel)))
+        lengths.shape[1:], *map(jnp.shape, jax.tree.leaves((hardware, model, parallel, waits)))
     )
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
     times = _stack(hardware, waits, designs)

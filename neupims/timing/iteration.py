@@ -471,7 +471,7 @@ def count_commands(context: Context, total: Work, pim, layers, elapsed, sent, to
     Args:
         context: The hardware, the model, the batch, and the system that runs it.
         total: The work of the NPU in one layer.
-        pim: The PIM commands of one layer, `attention_counts`.
+        pim: The PIM commands of one layer.
         layers: The layers of one device.
         elapsed: The core cycles of the iteration.
         sent: The messages to other devices, `links.messages`.

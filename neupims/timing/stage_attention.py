@@ -20,7 +20,9 @@ from neupims.timing.pim_commands import PIMCounts
 from neupims.timing.split import merge_cycles
 from neupims.timing.vector import softmax_cycles
 
-TOGETHER = 128  # designs computed together on a CPU, so that their arrays fit its cache
+# Designs whose requests and tables are computed together on a CPU, so that they fit its cache: each
+# has some hundreds of numbers.
+DESIGNS_TOGETHER = 128
 
 
 class Totals(NamedTuple):
@@ -28,7 +30,7 @@ class Totals(NamedTuple):
 
     tokens: Float[Array, "2"]  # requests of each sub-batch
     channel_cycles: Float[Array, "2 channels"]  # core cycles without the NPU
-    cycles: Float[Array, ""]  # the same of both sub-batches and all channels
+    cycles: Float[Array, ""]  # the sum of `channel_cycles`
     finite: Bool[Array, ""]  # whether no cycles are infinite or NaN
 
 
@@ -78,7 +80,8 @@ def stage_attention(
         model: As in `attention.closed_attention`.
         batch: As in `attention.closed_attention`.
         parallel: As in `attention.closed_attention`.
-        attention: The work of the channels (default: `attention.closed_attention`).
+        attention: The work of the channels, where it is known (default: computed by
+            `attention.closed_attention`, which the options below are for).
         sub_batches: The sub-batches, 0 or 1, whose cycles are needed.
         system: As in `attention.closed_attention`.
         interleaved: As in `attention.closed_attention`.
@@ -86,6 +89,9 @@ def stage_attention(
         fidelity: As in `attention.closed_attention`.
         calibration: As in `attention.closed_attention`.
         two_buffers: As in `attention.closed_attention`.
+
+    Returns:
+        Cycles of the sub-batches, sums over the channels, and commands of one layer.
     """
 
     def find(hardware, model, batch, parallel, attention, calibration):
@@ -109,7 +115,7 @@ def stage_attention(
         both = {which: (cycles(which, False), cycles(which, True)) for which in sub_batches}
         return StageAttention(both, attention_totals(attention), counts)
 
-    side_by_side = designs_last(find, together=TOGETHER)
+    side_by_side = designs_last(find, together=DESIGNS_TOGETHER)
     return side_by_side(hardware, model, batch, parallel, attention, calibration)
 
 
