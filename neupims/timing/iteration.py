@@ -287,7 +287,7 @@ def _simulate(
         if npu:
             left = jnp.where(stage_cycles[-1] - on_npu.end < DRAINED, npu[-1].write_bytes, 0.0)
         starts += [on_npu.starts, on_pim.starts]
-        cycles += [*on_npu.cycles, *on_pim.cycles]
+        cycles += [on_npu.cycles, on_pim.cycles]
         works.append(npu)
     return summarize(
         context,
@@ -296,7 +296,7 @@ def _simulate(
         works,
         stage_cycles,
         jnp.concatenate(starts),
-        cycles,
+        jnp.concatenate(cycles),
         sub_batches=sub_batches,
         tokens=tokens,
     )
@@ -342,7 +342,7 @@ def summarize(
     works: Sequence[Sequence[Work]],
     stage_cycles: Sequence[Number],
     starts: Float[Array, " operations"],
-    cycles: Sequence[Number],
+    cycles: Float[Array, " operations"],
     *,
     sub_batches: int,
     tokens: Float[Array, "2"],
@@ -414,7 +414,7 @@ def summarize(
         wrong = wrong | ~attention.finite
     return Iteration(
         stage_cycles=jnp.zeros(len(STAGES)).at[places].set(jnp.stack(stage_cycles)),
-        op_cycles=jnp.stack(cycles),
+        op_cycles=cycles,
         op_starts=starts,
         layer_cycles=layer,
         head_cycles=0.0 * layer if head is None else head.cycles,

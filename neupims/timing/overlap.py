@@ -24,21 +24,13 @@ DRAINED = 100  # core cycles after which the bank queues hold no write of the op
 class Side(NamedTuple):
     """The operations of one side of a stage, which follow each other from its start."""
 
-    cycles: tuple[Number, ...]  # core cycles of each operation
-
-    @property
-    def end(self) -> Number:
-        """The core cycles until the last operation ends; 0 where there is none."""
-        return sum(self.cycles, start=0.0)
+    cycles: Float[Array, " operations"]  # core cycles of each operation
+    end: Number  # core cycles until the last operation ends; 0 where there is none
 
     @property
     def starts(self) -> Float[Array, " operations"]:
         """The core cycles until each operation starts."""
-        if not self.cycles:
-            return jnp.zeros(0)
-        # Of one array, and not sum by sum: the compiler would compute each sum from the beginning.
-        cycles = jnp.stack(self.cycles)
-        return jnp.concatenate([jnp.zeros_like(cycles[:1]), jnp.cumsum(cycles)[:-1]])
+        return _starts(self.cycles)
 
 
 def side_by_side(
@@ -80,13 +72,17 @@ def _ends(cycles: Sequence[Number]) -> list[Number]:
 
 def _follow(solo: Sequence[Number], slow: Sequence[Number], until: Number) -> Side:
     """Runs operations at the slow pace `until` the first side has ended, then at their own pace."""
-    slow_ends = _ends(slow)
-    begins = [0.0, *slow_ends[:-1]]
-    cycles = [
-        _take(own, slowed, begin, end, until)
-        for own, slowed, begin, end in zip(solo, slow, begins[: len(slow)], slow_ends, strict=True)
-    ]
-    return Side(tuple(cycles))
+    if not solo:
+        return Side(jnp.zeros(0), 0.0)
+    paces = jnp.stack(slow)
+    begin = _starts(paces)
+    cycles = _take(jnp.stack(solo), paces, begin, begin + paces, until)
+    return Side(cycles, cycles.sum())
+
+
+def _starts(cycles: Float[Array, " operations"]) -> Float[Array, " operations"]:
+    """When operations start that follow each other."""
+    return jnp.concatenate([jnp.zeros_like(cycles[:1]), jnp.cumsum(cycles)[:-1]])
 
 
 @jax.jit
