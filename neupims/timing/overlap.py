@@ -5,10 +5,8 @@ memory overlap. Cycles are core cycles.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -61,13 +59,8 @@ def side_by_side(
     solo = [work.cycles for work in npu]
     slow = [work.cycles + work.memory_cycles * slowdown for work in npu]
     own, shared = list(alone), list(beside)
-    until = jnp.minimum(_ends(slow)[-1], _ends(shared)[-1]) if npu and own else 0.0
+    until = jnp.minimum(sum(slow), sum(shared)) if npu and own else 0.0
     return _follow(solo, slow, until), _follow(own, shared, until)
-
-
-def _ends(cycles: Sequence[Number]) -> list[Number]:
-    """The ends of operations that follow each other."""
-    return list(accumulate(cycles))
 
 
 def _follow(solo: Sequence[Number], slow: Sequence[Number], until: Number) -> Side:
@@ -76,18 +69,12 @@ def _follow(solo: Sequence[Number], slow: Sequence[Number], until: Number) -> Si
         return Side(jnp.zeros(0), 0.0)
     paces = jnp.stack(slow)
     begin = _starts(paces)
-    cycles = _take(jnp.stack(solo), paces, begin, begin + paces, until)
+    spent = jnp.clip(until - begin, 0, paces)
+    left = 1 - spent / jnp.maximum(paces, 1e-9)  # the share of each that is done at its own pace
+    cycles = jnp.where(begin + paces <= until, paces, spent + left * jnp.stack(solo))
     return Side(cycles, cycles.sum())
 
 
 def _starts(cycles: Float[Array, " operations"]) -> Float[Array, " operations"]:
     """When operations start that follow each other."""
     return jnp.concatenate([jnp.zeros_like(cycles[:1]), jnp.cumsum(cycles)[:-1]])
-
-
-@jax.jit
-def _take(solo: Number, slow: Number, begin: Number, end: Number, until: Number) -> Number:
-    """The cycles of an operation that begins and ends, at the slow pace, as given."""
-    spent = jnp.clip(until - begin, 0, slow)
-    left = 1 - spent / jnp.maximum(slow, 1e-9)  # the share that is done at its own pace
-    return jnp.where(end <= until, slow, spent + left * solo)
