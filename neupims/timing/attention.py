@@ -112,7 +112,7 @@ def closed_attention(
     alone, beside, counts = *(by_channel(found.cycles[at]) for at in (0, -1)), found.counts
     if fidelity == "intended":
         alone, beside = (spread_over_channels(x, hardware, parallel) for x in (alone, beside))
-        counts = PIMCounts(*(1.0 * parallel.kv_split * each for each in counts))
+        counts = _of_all_pieces(counts, parallel)
     instructions = jnp.zeros_like(alone)
     if system == "npu-pim":
         issued = count_instructions(hardware, model, batch.seq_lens, parallel, fidelity)
@@ -320,8 +320,12 @@ def attention_counts(
 
         return reduce_requests(jnp.add, of_requests, lengths)
 
-    lengths, pieces = batch.seq_lens, 1.0
-    if fidelity == "intended":
-        lengths, pieces = piece_lengths(lengths, parallel), 1.0 * parallel.kv_split
-    found = count(hardware, model, lengths * 1.0, parallel)
-    return PIMCounts(*(pieces * each for each in found))
+    if fidelity == "simulator":
+        return count(hardware, model, batch.seq_lens * 1.0, parallel)
+    pieces = piece_lengths(batch.seq_lens, parallel) * 1.0
+    return _of_all_pieces(count(hardware, model, pieces, parallel), parallel)
+
+
+def _of_all_pieces(counts: PIMCounts, parallel: Parallel) -> PIMCounts:
+    """The commands of all pieces of requests, from those of one piece of each."""
+    return PIMCounts(*(1.0 * parallel.kv_split * each for each in counts))

@@ -115,8 +115,8 @@ def stage_attention(
         both = {which: (cycles(which, False), cycles(which, True)) for which in sub_batches}
         return StageAttention(both, attention_totals(attention), counts)
 
-    side_by_side = designs_last(find, together=DESIGNS_TOGETHER)
-    return side_by_side(hardware, model, batch, parallel, attention, calibration)
+    find_of_designs = designs_last(find, together=DESIGNS_TOGETHER)
+    return find_of_designs(hardware, model, batch, parallel, attention, calibration)
 
 
 def attention_cycles(
